@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Variant",
     "all_variants",
     "fits",
+    "fused_variants",
     "has_native_4",
 ]
 
@@ -156,13 +157,34 @@ class Variant:
         return "-".join(parts)
 
 
-def all_variants(architecture: str) -> list[Variant]:
-    """All variants for an architecture, except those with residual or SiLU.
+def _bits(architecture: str) -> list[tuple[bool, int]]:
+    """Whether products are native 4-bit ones, and storage bits of the weights."""
+    return [(False, 4), (False, 8)] + ([(True, 4)] if has_native_4(architecture) else [])
 
-    No layer of a pipeline has these; a caller of the operator who asks for them waits for NVRTC once.
+
+def fused_variants(architecture: str) -> list[Variant]:
+    """The variants that fused plugins add to `all_variants`, except those with SiLU.
+
+    Only the embedding of the time has SiLU behind a layer; its engine waits for NVRTC once.
     """
     halves = (True, False)
-    bits = [(False, 4), (False, 8)] + ([(True, 4)] if has_native_4(architecture) else [])
+    variants = [Variant("norm_codes", half, False, form="statistics") for half in halves]
+    variants += [
+        Variant("norm_codes", half, native, None if width == 8 or native else 4, form=form)
+        for half, form in product(halves, ("pixels", "rows"))
+        for native, width in _bits(architecture)
+    ]
+    layers = [v for v in all_variants(architecture) if v.tile is not None and not v.fused]
+    return variants + [replace(variant, residual=True) for variant in layers]
+
+
+def all_variants(architecture: str) -> list[Variant]:
+    """All variants of layers alone for an architecture, without residual or SiLU.
+
+    A caller of the operator who asks for these waits for NVRTC once; see `fused_variants` for engines.
+    """
+    halves = (True, False)
+    bits = _bits(architecture)
     variants = [
         Variant("quantize", half, native, None if width == 8 or native else 4)
         for half in halves

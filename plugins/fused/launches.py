@@ -216,14 +216,7 @@ def _norm_launches(
     if rows:
         norm = _ROW_NORMS[fusion.norm]
         operands: tuple[int, ...] = (at.affine, layer.tables, layer.step)
-        numbers: tuple[int, ...] = (
-            pixels,
-            channels,
-            norm,
-            fusion.heads,
-            fusion.activated,
-            problem.steps,
-        )
+        numbers: tuple[int, ...] = (pixels, channels, norm, fusion.heads)
     else:
         grouped = fusion.norm == "group"
         if grouped:

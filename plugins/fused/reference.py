@@ -101,7 +101,8 @@ def prepared(
     values = values * scale + shift
     if fusion.activated:
         values = silu(values)
-    return values * factor
+    result: _Float = values * factor
+    return result
 
 
 def _lane_sum(lanes: _Float) -> _Float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -36,6 +37,7 @@ _FUSIONS = {
     "channels last out": Fusion("group", 2, affine=True, out_last=True),
     "channels last, layer norm": Fusion("layer", affine=True, x_last=True),
 }
+_FLOATS = ("layer norm", "group norm, SiLU, shift")
 _ROWS = ("layer norm", "gated", "heads", "rows, SiLU")
 
 
@@ -150,7 +152,7 @@ def _draw(name: str, form: str, half: bool, channels: int) -> tuple[Case, Fusion
         operands["affine"] = affine
     if fusion.image_shift:
         operands["image_shift"] = rng.standard_normal((batch, channels + 9)).astype(dtype)
-    fusion = replace(fusion, residual=not half)
+    fusion = replace(fusion, residual=form == "w8a8")
     if fusion.residual:
         out = rng.standard_normal((batch, 24, *problem.out_size)).astype(dtype)
         operands["residual"] = _laid_out(out, linear or fusion.out_last)
@@ -167,12 +169,12 @@ def _fused(machine: Machine, name: str, form: str, half: bool, channels: int) ->
 
 
 def _cases() -> Iterator[Check]:
-    for index, name in enumerate(_FUSIONS):
-        for form in ("w4a8", "w8a8", "native"):
-            half = (index + len(form)) % 2 == 0 or form == "w4a8"
+    for half, form, name in product((True, False), ("w4a8", "w8a8", "native"), _FUSIONS):
+        if half or name in _FLOATS:
             channels = 40 if form == "w4a8" else 100
             call = partial(_fused, name=name, form=form, half=half, channels=channels)
-            yield Check("norms", f"{name}-{form}", form, TILES[0], call)
+            case = f"{'half' if half else 'float'}-{form}-{name}"
+            yield Check("norms", case, form, TILES[0], call)
 
 
 FUSED_CHECKS = [*_cases()]
