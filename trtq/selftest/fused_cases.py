@@ -19,11 +19,11 @@ from trtq.plugins.variants import TILES
 from trtq.selftest.layers import Array, Case, draw
 from trtq.selftest.suite import FORMS, Check, Machine, Operand, compare
 
-__all__ = ["FUSED_CHECKS", "fused_output", "wanted_output"]
+__all__ = ["FUSED_CHECKS", "FUSIONS", "draw_fused", "fused_output", "wanted_output"]
 
 _POISON, _SUM_POISON = 0x5A, -9
 _SAME = Geometry((3, 3), padding=(1, 1))
-_FUSIONS = {
+FUSIONS = {
     "layer norm": Fusion("layer", affine=True),
     "gated": Fusion("gated", affine=True),
     "heads": Fusion(heads=4, affine=True),
@@ -119,9 +119,18 @@ def wanted_output(case: Case, fusion: Fusion, operands: Mapping[str, Array]) -> 
     return _laid_out(y.astype(operands["x"].dtype), last)
 
 
-def _draw(name: str, form: str, half: bool, channels: int) -> tuple[Case, Fusion, dict[str, Array]]:
-    """A case with its operands; channels do not fill a block, and pixels do not fill a launch."""
-    fusion, linear = _FUSIONS[name], name in _ROWS
+def draw_fused(
+    name: str, form: str, half: bool, channels: int
+) -> tuple[Case, Fusion, dict[str, Array]]:
+    """A case with its operands; channels do not fill a block, and pixels do not fill a launch.
+
+    Args:
+        name: a key of `FUSIONS`.
+        form: a key of `trtq.selftest.suite.FORMS`.
+        half: whether values are float16 instead of float32.
+        channels: number of input channels.
+    """
+    fusion, linear = FUSIONS[name], name in _ROWS
     bits, activation_bits, _ = FORMS[form]
     case = draw(
         41,
@@ -160,7 +169,7 @@ def _draw(name: str, form: str, half: bool, channels: int) -> tuple[Case, Fusion
 
 
 def _fused(machine: Machine, name: str, form: str, half: bool, channels: int) -> None:
-    case, fusion, operands = _draw(name, form, half, channels)
+    case, fusion, operands = draw_fused(name, form, half, channels)
     actual = fused_output(machine, case, fusion, operands, FORMS[form][2])
     wanted = wanted_output(case, fusion, operands)
     last = case.problem.channels_last or fusion.out_last
@@ -169,7 +178,7 @@ def _fused(machine: Machine, name: str, form: str, half: bool, channels: int) ->
 
 
 def _cases() -> Iterator[Check]:
-    for half, form, name in product((True, False), ("w4a8", "w8a8", "native"), _FUSIONS):
+    for half, form, name in product((True, False), ("w4a8", "w8a8", "native"), FUSIONS):
         if half or name in _FLOATS:
             channels = 40 if form == "w4a8" else 100
             call = partial(_fused, name=name, form=form, half=half, channels=channels)

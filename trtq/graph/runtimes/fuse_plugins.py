@@ -60,6 +60,7 @@ def _transpose_before(graph: ir.Graph, plugin: PluginNode) -> bool:
             return False
         operands["affine"] = _affine(graph, plugin, factor=factor)
         changes["affine"] = True
+    part.release()
     replace_plugin(graph, plugin, plugin.node, operands=operands, **changes)
     return True
 
@@ -158,6 +159,7 @@ def _fuse_prologue(graph: ir.Graph, plugin: PluginNode) -> bool:
     if prologue.image_shift is not None:
         operands["image_shift"] = prologue.image_shift
         changes["image_shift"] = True
+    prologue.part.release()
     replace_plugin(graph, plugin, plugin.node, operands=operands, affine=True, **changes)
     return True
 

@@ -235,13 +235,37 @@ class Part:
         return Part(self.value, set(self.nodes))
 
     def is_private(self, reader: ir.Node, also: Iterable[ir.Node] = ()) -> bool:
-        """Whether only matched nodes, `reader` and `also` read the values of matched nodes."""
-        readers = {*self.nodes, reader, *also}
+        """Whether only matched nodes, `reader` and `also` read the values of matched nodes.
+
+        Other nodes may read the batch size, which `release` gives them from the part's input.
+        """
+        readers = {*self.nodes, reader, *also, *self._batch_sizes()}
         return not any(
             value.is_graph_output() or any(use.node not in readers for use in value.uses())
             for node in self.nodes
             for value in node.outputs
         )
+
+    def _batch_sizes(self) -> list[ir.Node]:
+        """The nodes that read only the size of the first axis of a matched node's value."""
+        sizes = [
+            use.node
+            for node in self.nodes
+            for value in node.outputs
+            for use in value.uses()
+            if use.node not in self.nodes and use.node.op_type == "Shape"
+        ]
+        return [node for node in sizes if _ends(node) == (0, 1)]
+
+    def release(self) -> None:
+        """Give nodes that read the batch size of matched values that of the part's input."""
+        for node in self._batch_sizes():
+            node.replace_input_with(0, self.value)
+
+
+def _ends(shape: ir.Node) -> tuple[int, ...]:
+    keys = [key for key in ("start", "end") if key in shape.attributes]
+    return tuple(shape.attributes[key].as_int() for key in keys)
 
 
 def _plain(value: Any) -> Any:
