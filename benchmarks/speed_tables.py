@@ -50,7 +50,7 @@ def launches(record: dict[str, Any]) -> str:
         f"`python benchmarks/launches.py`, {record['bits'].upper()}, half precision, "
         f"{record['date']}. Counted from the graph by the rules of `trtq.graph.launches`, not measured.",
         "",
-        "| graph | launches per step | to the first row | with attention as one launch | to the first row |",
+        "| graph | launches per step | to the first row | attention is one launch | to the first row |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
