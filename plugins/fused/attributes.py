@@ -1,4 +1,4 @@
-"""What a fused plugin computes beside its layer, and the names and attributes of its graph node.
+"""What a fused plugin computes in addition to its layer, and the names and attributes of its graph node.
 
     x (+ image_shift) -> norm -> scale, shift -> SiLU -> factor -> codes
     y = layer(codes) (+ residual) -> SiLU
@@ -61,7 +61,7 @@ FUSED_FIELDS = FIELDS | _FLAGS
 
 @dataclass(frozen=True)
 class Fusion:
-    """What a fused plugin computes beside its layer.
+    """What a fused plugin computes in addition to its layer.
 
     Attributes:
         norm: one of `NORMS`.

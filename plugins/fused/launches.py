@@ -59,7 +59,7 @@ class FusedCall:
 
     Attributes:
         layer: properties of the layer.
-        fusion: what is computed beside it.
+        fusion: what is computed in addition to it.
         source: sizes of the call, in the layout of the input.
         problem: sizes of the call, in the layout of the output.
     """

@@ -35,7 +35,7 @@ class _FusedMethods(PluginMethods):
     """The methods that TensorRT calls on a fused plugin.
 
     Attributes:
-        fusion: what the plugin computes beside its layer.
+        fusion: what the plugin computes in addition to its layer.
     """
 
     fusion: Fusion

@@ -8,7 +8,7 @@ The graph is one that `trtq.graph.runtimes.prepare.prepare` rewrote for TensorRT
    where pointwise nodes read it, and one copy per output that others read.
 4. A connected part of pointwise nodes and Transposes is one, unless another launch between them needs
    its first and gives its last values.
-5. A Cast beside a norm belongs to the norm.
+5. A Cast next to a norm belongs to the norm.
 6. Every other node (MatMul, Softmax, a norm, Resize, Concat, a reduction) is one.
 7. With `fused_attention`, a MatMul, pointwise nodes, a Softmax and a MatMul are one, and so are
    pointwise nodes and Transposes that only these read. TensorRT has such a kernel in half precision.

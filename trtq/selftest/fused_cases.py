@@ -53,7 +53,7 @@ def fused_output(
     Args:
         machine: the machine.
         case: the layer; its input is replaced by the operand x.
-        fusion: what is computed beside the layer.
+        fusion: what is computed in addition to the layer.
         operands: x, and the inputs `affine`, `image_shift` and `residual` that the fusion has.
         native_4: whether tensor cores multiply nibbles.
     """

@@ -1,4 +1,4 @@
-"""Plugin nodes with the operators beside their layer, and the parts of a graph that become these.
+"""Plugin nodes with the operators next to their layer, and the parts of a graph that become these.
 
 A part ends at the input of a plugin node. It is taken only if nothing else reads its values.
 """
@@ -44,7 +44,7 @@ class PluginNode:
     Attributes:
         node: the node.
         layer: its layer.
-        fusion: what it computes beside the layer.
+        fusion: what it computes in addition to the layer.
         operands: its inputs by name, see `trtq.plugins.fused.attributes`.
     """
 
