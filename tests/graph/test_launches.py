@@ -1,9 +1,13 @@
 """Launches of a graph, counted by the rules of `trtq.graph.launches`."""
 
+import json
+
 import onnx_ir as ir
 import pytest
 
+from tests.vocabulary import ROOT
 from trtq.graph.launches import count_launches
+from trtq.graph.runtimes.fuse_plugins import FUSIONS
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20, "trtq" : 1]> g '
 
@@ -25,6 +29,11 @@ def count(signature, body, **options):
         ("s = Shape(x) t = Cast <to = 7> (s) y = Reshape(x, t)", {}),
         ("y = MatMul(x, x)", {"matmul": 1}),
         ("y = trtq.LowBitLinear(x, x, x, x, x)", {"quantise": 1, "product": 1}),
+        (
+            "y = trtq.FusedConv2d <norm = [3]> (x, x, x, x, x, x)",
+            {"statistics": 1, "quantise": 1, "product": 1},
+        ),
+        ("y = trtq.FusedLinear <norm = [1]> (x, x, x, x, x, x)", {"quantise": 1, "product": 1}),
         # A part is read in place by pointwise nodes, and copied for others.
         ("a, b = Split <num_outputs = 2> (x) c = Exp(b) y = Mul(a, c)", {"pointwise": 1}),
         (
@@ -45,3 +54,12 @@ def test_attention_is_one_launch_if_the_builder_fuses_it():
     assert count("float[B, 4, 4] x", body) == plain
     fused = count("float[B, 4, 4] x", body, fused_attention=True)
     assert fused == {"attention": 1, "pointwise": 1}
+
+
+def test_the_rewrites_leave_at_most_0_6_of_the_recorded_launches():
+    record = json.loads((ROOT / "benchmarks/results/launches.json").read_text())
+    first, *others = record["rows"]
+    assert [row["rewrite"] for row in others] == [fusion.__name__ for fusion in FUSIONS]
+    for key in ("launches", "launches_fused_attention"):
+        assert others[-1][key] <= 0.6 * first[key]
+    assert all(sum(row["kinds"].values()) == row["launches"] for row in record["rows"])
