@@ -18,7 +18,7 @@ from blockwise_tables import blockwise
 from modelopt_tables import modelopt
 from quality_tables import ablation, digits, digits_dit, digits_dit_outliers, digits_summary, shapes
 from serving_tables import serve, serve_hostile, serve_ray, serve_start
-from speed_tables import build, cpu_path, format_engines, real_size, sd_size
+from speed_tables import build, cpu_path, format_engines, launches, real_size, sd_size
 from transform_tables import (
     calibration_images,
     calibrators,
@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_path": ("cpu_path", cpu_path),
     "build": ("build", build),
     "format_engines": ("format_engines", format_engines),
+    "launches": ("launches", launches),
     "serve": ("serve", serve),
     "serve_side_by_side": ("serve_side_by_side", serve),
     "serve_hostile": ("serve_hostile", serve_hostile),

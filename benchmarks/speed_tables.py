@@ -42,6 +42,24 @@ def sd_size(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def launches(record: dict[str, Any]) -> str:
+    """`launches.json` as Markdown."""
+    first = record["rows"][0]
+    counts = ("launches", "launches_fused_attention")
+    lines = [
+        f"`python benchmarks/launches.py`, {record['bits'].upper()}, half precision, "
+        f"{record['date']}. Counted from the graph by the rules of `trtq.graph.launches`, not measured.",
+        "",
+        "| graph | launches per step | to the first row | attention is one launch | to the first row |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        name = row["rewrite"] if row is first else f"and `{row['rewrite']}`"
+        cells = [f"{row[key]} | {row[key] / first[key]:.2f} x" for key in counts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def build(record: dict[str, Any]) -> str:
     """`build.json` as Markdown."""
     whole = {

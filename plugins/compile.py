@@ -17,7 +17,7 @@ from typing import Any
 
 from trtq.documents import shown
 from trtq.errors import KernelError, MissingDependencyError, UsageError
-from trtq.plugins.variants import ARCHITECTURES, Variant, all_variants
+from trtq.plugins.variants import ARCHITECTURES, Variant, all_variants, fused_variants
 from trtq.progress import ProgressCallback, silent
 from trtq.resources import cache_folder
 
@@ -209,7 +209,11 @@ def build_all(
             raise UsageError(
                 f"unknown architecture {shown(name)}; choose one like {', '.join(ARCHITECTURES)}"
             )
-    wanted = [(name, variant) for name in architectures for variant in all_variants(name)]
+    wanted = [
+        (name, variant)
+        for name in architectures
+        for variant in (*all_variants(name), *fused_variants(name))
+    ]
     built: dict[str, list[str]] = {name: [] for name in architectures}
     for index, (architecture, variant) in enumerate(wanted):
         progress("plugins build", index, len(wanted))

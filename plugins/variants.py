@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 __all__ = [
     "ARCHITECTURES",
+    "NORM_FORMS",
     "ONE_LAUNCH_TILES",
     "TILES",
     "TILE_BYTES",
@@ -14,6 +15,7 @@ __all__ = [
     "Variant",
     "all_variants",
     "fits",
+    "fused_variants",
     "has_native_4",
 ]
 
@@ -21,6 +23,9 @@ ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm90", "sm120")
 TILE_BYTES = 64
 """Bytes of codes in a row of an operand tile."""
 _QUANTIZE_THREADS = 128
+_STATISTICS_THREADS = 512
+NORM_FORMS = ("statistics", "pixels", "rows")
+"""Forms of the kernel that quantises together with the operators in front of it."""
 
 
 def has_native_4(architecture: str) -> bool:
@@ -87,6 +92,7 @@ class Variant:
         channels_last: whether values of the product's output have channels last.
         residual: whether the product adds a residual.
         silu: whether the product applies SiLU.
+        form: one of `NORM_FORMS` for the kernel `norm_codes`; empty for other kernels.
     """
 
     kernel: str
@@ -99,6 +105,7 @@ class Variant:
     channels_last: bool = False
     residual: bool = False
     silu: bool = False
+    form: str = ""
 
     @property
     def packed(self) -> bool:
@@ -113,13 +120,17 @@ class Variant:
     @property
     def threads(self) -> int:
         """Number of threads of a block."""
-        return _QUANTIZE_THREADS if self.tile is None else self.tile.threads
+        if self.tile is not None:
+            return self.tile.threads
+        return _STATISTICS_THREADS if self.form == "statistics" else _QUANTIZE_THREADS
 
     @property
     def defines(self) -> dict[str, int]:
         """The macros of the source."""
         bits = 4 if self.native_4 else self.weight_bits or 8
         macros = {"VALUE_HALF": self.half, "NATIVE_4": self.native_4, "WEIGHT_BITS": bits}
+        if self.form:
+            macros |= {"FORM": NORM_FORMS.index(self.form)}
         if self.tile is not None:
             macros |= {"FUSED": self.fused, "POINTWISE": self.pointwise}
             macros |= {"CHANNELS_LAST": self.channels_last}
@@ -131,7 +142,7 @@ class Variant:
 
     def __str__(self) -> str:
         """Short name for messages and file names."""
-        parts = [self.kernel, "f16" if self.half else "f32"]
+        parts = [self.kernel, *([self.form] if self.form else []), "f16" if self.half else "f32"]
         if self.weight_bits is not None:
             parts.append(f"w{self.weight_bits}")
         parts += ["a4"] if self.native_4 else []
@@ -146,13 +157,34 @@ class Variant:
         return "-".join(parts)
 
 
-def all_variants(architecture: str) -> list[Variant]:
-    """All variants for an architecture, except those with residual or SiLU.
+def _bits(architecture: str) -> list[tuple[bool, int]]:
+    """Whether products are native 4-bit ones, and storage bits of the weights."""
+    return [(False, 4), (False, 8)] + ([(True, 4)] if has_native_4(architecture) else [])
 
-    No layer of a pipeline has these; a caller of the operator who asks for them waits for NVRTC once.
+
+def fused_variants(architecture: str) -> list[Variant]:
+    """The variants that fused plugins add to `all_variants`, except those with SiLU.
+
+    Only the embedding of the time has SiLU behind a layer; its engine waits for NVRTC once.
     """
     halves = (True, False)
-    bits = [(False, 4), (False, 8)] + ([(True, 4)] if has_native_4(architecture) else [])
+    variants = [Variant("norm_codes", half, False, form="statistics") for half in halves]
+    variants += [
+        Variant("norm_codes", half, native, None if width == 8 or native else 4, form=form)
+        for half, form in product(halves, ("pixels", "rows"))
+        for native, width in _bits(architecture)
+    ]
+    layers = [v for v in all_variants(architecture) if v.tile is not None and not v.fused]
+    return variants + [replace(variant, residual=True) for variant in layers]
+
+
+def all_variants(architecture: str) -> list[Variant]:
+    """All variants of layers alone for an architecture, without residual or SiLU.
+
+    A caller of the operator who asks for these waits for NVRTC once; see `fused_variants` for engines.
+    """
+    halves = (True, False)
+    bits = _bits(architecture)
     variants = [
         Variant("quantize", half, native, None if width == 8 or native else 4)
         for half in halves

@@ -11,12 +11,8 @@ of `LayerSpec`. Call `register` before loading an engine with such nodes.
 
 from __future__ import annotations
 
-import functools
-from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
-
-import numpy as np
 
 from trtq.errors import TrtqError, UsageError
 from trtq.plugins.device import current_device
@@ -36,55 +32,25 @@ from trtq.plugins.low_bit.attributes import (
     fields_of,
     spec_of,
 )
+from trtq.plugins.low_bit.registry import (
+    field_collection,
+    plugin_bases,
+    recording_failures,
+    register_creators,
+)
 from trtq.plugins.spec import MAX_SPLIT_BYTES, LayerSpec
 
-__all__ = ["register", "take_failures"]
+__all__ = ["PluginMethods", "aligned", "register"]
 
 _ALIGNMENT = 256
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """A size rounded up to the alignment of scratch memory."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _field_collection(trt: Any, fields: dict[str, list[int]]) -> tuple[list[Any], Any]:
-    """The attributes as a TensorRT collection, with the objects that own their memory."""
-    owned: list[Any] = [np.array(values, np.int32) for values in fields.values()]
-    named = zip(fields, list(owned), strict=True)
-    owned += [trt.PluginField(name, data, trt.PluginFieldType.INT32) for name, data in named]
-    return owned, trt.PluginFieldCollection(owned[len(fields) :])
-
-
-_failures: deque[str] = deque(maxlen=3)
-
-
-def take_failures() -> list[str]:
-    """Return and clear the latest errors of plugins since the previous call.
-
-    TensorRT prints errors of Python plugins to standard error and does not pass them to its caller.
-    """
-    failures = list(_failures)
-    _failures.clear()
-    return failures
-
-
-def _recording_failures(method: Any) -> Any:
-    """A method of a plugin whose errors are recorded for `take_failures` and raised again."""
-
-    @functools.wraps(method)
-    def call(self: Any, *arguments: Any) -> Any:
-        try:
-            return method(self, *arguments)
-        except Exception as err:
-            text = str(err) if isinstance(err, TrtqError) else f"{type(err).__name__}: {err}"
-            name = getattr(self, "plugin_name", None) or getattr(self, "name", "")
-            _failures.append(f"plugin {name}: {text}")
-            raise
-
-    return call
-
-
-class _PluginMethods:
+class PluginMethods:
     """The methods that TensorRT calls on a plugin; `_plugin_class` adds TensorRT's base classes.
 
     Attributes:
@@ -96,16 +62,34 @@ class _PluginMethods:
     _device: ClassVar[Any]  # A static method that returns the GPU.
     layer: LayerSpec
     plugin_name: str
+    plugin_namespace: str
+    plugin_version: str
+    num_outputs: int
+    _fields: list[Any]
     _collection: Any
 
+    def _start(self, name: str, fields: dict[str, list[int]]) -> None:
+        """Initialise TensorRT's base classes and what TensorRT reads of a plugin."""
+        for base in plugin_bases(self._trt):
+            base.__init__(self)  # type: ignore[misc]
+        self.plugin_name = name
+        self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
+        self.num_outputs = 1
+        # TensorRT keeps pointers to the memory of these objects, so they must live as long as the
+        # plugin.
+        self._fields, self._collection = field_collection(self._trt, fields)
+
     def clone(self) -> Any:
+        """A plugin with the same attributes."""
         return type(self)(self.plugin_name, self.layer)  # type: ignore[call-arg]
 
     def get_capability_interface(self, _: Any) -> Any:
+        """The plugin itself, which has all interfaces."""
         return self
 
-    @_recording_failures
+    @recording_failures
     def attach_to_context(self, _: Any) -> Any:
+        """A clone for one context, with its kernels loaded."""
         clone = self.clone()
         gpu = self._gpu()
         if gpu is not None:
@@ -123,27 +107,38 @@ class _PluginMethods:
         return device
 
     def get_fields_to_serialize(self) -> Any:
+        """The attributes, stored in the engine."""
         return self._collection
 
     def get_output_data_types(self, types: Any) -> Any:
+        """The type of the input."""
         return [types[0]]
 
-    @_recording_failures
+    @recording_failures
     def get_output_shapes(self, inputs: Any, _: Any, build: Any) -> Any:
-        shape, g = self._trt.DimsExprs(inputs[0]), self.layer.geometry
-        if g is None:
+        """The shape of the output, as expressions of the input's."""
+        shape = self._trt.DimsExprs(inputs[0])
+        if self.layer.geometry is None:
             shape[len(shape) - 1] = build.constant(self.layer.out_channels)
             return [shape]
         shape[1] = build.constant(self.layer.out_channels)
-        operation = self._trt.DimensionOperation
-        for axis in (0, 1):
-            border = g.dilation[axis] * (g.kernel[axis] - 1) + 1 - 2 * g.padding[axis]
-            span = build.operation(operation.SUB, shape[2 + axis], build.constant(border))
-            count = build.operation(operation.FLOOR_DIV, span, build.constant(g.stride[axis]))
-            shape[2 + axis] = build.operation(operation.SUM, count, build.constant(1))
+        shape[2], shape[3] = self._out_size(inputs[0][2], inputs[0][3], build)
         return [shape]
 
+    def _out_size(self, height: Any, width: Any, build: Any) -> list[Any]:
+        """Height and width of a convolution's output, as TensorRT's expressions."""
+        g = self.layer.geometry
+        assert g is not None
+        operation, sizes = self._trt.DimensionOperation, []
+        for axis, size in enumerate((height, width)):
+            border = g.dilation[axis] * (g.kernel[axis] - 1) + 1 - 2 * g.padding[axis]
+            span = build.operation(operation.SUB, size, build.constant(border))
+            count = build.operation(operation.FLOOR_DIV, span, build.constant(g.stride[axis]))
+            sizes.append(build.operation(operation.SUM, count, build.constant(1)))
+        return sizes
+
     def supports_format_combination(self, pos: int, tensors: Any, count: int) -> bool:
+        """Whether one tensor may have a type and format, given those before it."""
         tensor, types = tensors[pos].desc, self._trt.DataType
         if tensor.format != self._trt.TensorFormat.LINEAR or count != len(INPUTS):
             return False
@@ -152,8 +147,9 @@ class _PluginMethods:
         fixed = {1: types.INT8, 2: types.FLOAT, 3: types.FLOAT, 4: types.INT64}
         return bool(tensor.type == fixed.get(pos, tensors[0].desc.type))
 
-    @_recording_failures
+    @recording_failures
     def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+        """Check the weight that the network gives."""
         weight = tuple(inputs[1].desc.dims)
         if weight != self.layer.weight_shape():
             raise UsageError(
@@ -161,15 +157,17 @@ class _PluginMethods:
                 f"say {list(self.layer.weight_shape())}"
             )
 
-    @_recording_failures
+    @recording_failures
     def get_workspace_size(self, inputs: Any, _: Any) -> int:
+        """Scratch memory for the largest input, in bytes."""
         problem = self.layer.problem(tuple(inputs[0].max))
         # The call may be smaller than the maximum, and divide k.
-        codes = _aligned(problem.code_bytes(native_4=False))
-        return codes + _aligned(problem.sum_bytes) + MAX_SPLIT_BYTES
+        codes = aligned(problem.code_bytes(native_4=False))
+        return codes + aligned(problem.sum_bytes) + MAX_SPLIT_BYTES
 
-    @_recording_failures
+    @recording_failures
     def on_shape_change(self, inputs: Any, _: Any) -> None:
+        """Check the shape of the next calls, and load their kernels."""
         problem = self.layer.problem(tuple(inputs[0].dims))
         gpu = self._gpu()
         if gpu is not None:
@@ -180,19 +178,20 @@ class _PluginMethods:
     def set_tactic(self, _: int) -> None:
         """Do nothing: there is only one tactic, and the tile is chosen at run time."""
 
-    @_recording_failures
+    @recording_failures
     def enqueue(
         self, inputs: Any, _: Any, sources: Any, outputs: Any, workspace: int, stream: int
     ) -> None:
+        """Start the kernels on a stream."""
         problem = self.layer.problem(tuple(inputs[0].dims))
         codes = int(workspace)
-        sums = codes + _aligned(problem.code_bytes(native_4=False))
+        sums = codes + aligned(problem.code_bytes(native_4=False))
         at = Pointers(
             **dict(zip(INPUTS, map(int, sources), strict=True)),
             out=int(outputs[0]),
             codes=codes,
             sums=sums,
-            partial=sums + _aligned(problem.sum_bytes),
+            partial=sums + aligned(problem.sum_bytes),
         )
         half = inputs[0].type == self._trt.DataType.HALF
         start_layer(self._device(), self.layer, problem, at, int(stream), half=half)
@@ -200,62 +199,23 @@ class _PluginMethods:
 
 def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
     """The plugin's class for a module `tensorrt` or `tensorrt_rtx`."""
+    bases: Any = plugin_bases(trt)
 
-    class LowBitPlugin(
-        _PluginMethods,
-        trt.IPluginV3,  # type: ignore[misc]
-        trt.IPluginV3OneCore,  # type: ignore[misc]
-        trt.IPluginV3OneBuild,  # type: ignore[misc]
-        trt.IPluginV3OneRuntime,  # type: ignore[misc]
-    ):
+    class LowBitPlugin(PluginMethods, *bases):  # type: ignore[misc]
         """One layer in one network, engine or context."""
 
         _trt = trt
         _device = staticmethod(device)
 
         def __init__(self, name: str, layer: LayerSpec) -> None:
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuild.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
-            self.plugin_name = name
-            self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
-            self.num_outputs = 1
+            self._start(name, fields_of(layer))
             self.layer = layer
-            # TensorRT keeps pointers to the memory of these objects, so they must live as long as the
-            # plugin.
-            self._fields, self._collection = _field_collection(trt, fields_of(layer))
 
     return LowBitPlugin
 
 
-def _creator_class(trt: Any, plugin: type, name: str) -> type:
-    class LowBitCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
-        """Creates plugins of one name, for the parser and for loaded engines."""
-
-        def __init__(self) -> None:
-            trt.IPluginCreatorV3One.__init__(self)
-            self.name = name
-            self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
-            self._fields, self.field_names = _field_collection(trt, {key: [] for key in FIELDS})
-
-        @_recording_failures
-        def create_plugin(self, _: str, fields: Any, phase: Any) -> Any:
-            given = {
-                field.name: [int(value) for value in np.atleast_1d(field.data)]
-                for field in fields
-                if field.name in FIELDS
-            }
-            return plugin(name, spec_of(name, given))
-
-    return LowBitCreator
-
-
-_registered: list[Any] = []
-
-
 def register(trt: Any, device: Callable[[], Device] = current_device) -> None:
-    """Register the plugins with TensorRT, once per process.
+    """Register the plugins of layers alone with TensorRT, once per process.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
@@ -264,13 +224,7 @@ def register(trt: Any, device: Callable[[], Device] = current_device) -> None:
     Raises:
         UsageError: TensorRT does not accept the plugins.
     """
-    registry = trt.get_plugin_registry()
     plugin = _plugin_class(trt, device)
-    for name in PLUGINS:
-        if registry.get_creator(name, VERSION, NAMESPACE) is not None:
-            continue
-        creator = _creator_class(trt, plugin, name)()
-        if not registry.register_creator(creator, NAMESPACE):
-            raise UsageError(f"{trt.__name__} does not accept the plugin {name}")
-        # The registry does not own Python objects.
-        _registered.append(creator)
+    register_creators(
+        trt, PLUGINS, FIELDS, lambda name, fields: plugin(name, spec_of(name, fields))
+    )

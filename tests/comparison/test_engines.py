@@ -174,6 +174,7 @@ def test_every_call_of_a_layer_counts():
         *product("b/matmul", "INT8", "INT8"),
         *product("b/call_2/matmul", "INT8", "INT8"),
         Layer("PLUGIN_V3", "c/plugin"),
+        Layer("PLUGIN_V3", "e.0+e.1+e.0/call_2/plugin"),  # Merged layers.
         *product("d/product/matmul", "FP4", "FP4"),
         *product("another", None, None),
     )
@@ -182,6 +183,8 @@ def test_every_call_of_a_layer_counts():
         "b": "INT8",
         "c": "plugin",
         "d": "FP4",
+        "e.0": "plugin",
+        "e.1": "plugin",
     }
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from trtq.errors import KernelError
-from trtq.plugins.low_bit import tensorrt as plugins
+from trtq.plugins.low_bit.registry import recording_failures
 
 
 class Memory:
@@ -85,7 +85,7 @@ def fake_module(loads=True, works=True, starts=True, streamable=0, automatic=0, 
             assert stream == Memory.stream
             if raises is not None:  # Like an error in a Python plugin, which TensorRT only prints.
                 with contextlib.suppress(KernelError):
-                    plugins._recording_failures(fail)(SimpleNamespace(plugin_name="LowBitLinear"))
+                    recording_failures(fail)(SimpleNamespace(plugin_name="LowBitLinear"))
                 return False
             kept["cache"] = f"kernels of {self.shape[0]}".encode()
             count = int(np.prod(self.shape))

@@ -5,7 +5,7 @@ import pytest
 from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins import compile as compiling
 from trtq.plugins.compile import build_all, cubin
-from trtq.plugins.variants import ARCHITECTURES, TILES, Variant, all_variants
+from trtq.plugins.variants import ARCHITECTURES, TILES, Variant, all_variants, fused_variants
 
 ELF = b"\x7fELF"
 
@@ -18,7 +18,8 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_for_every_architecture(architecture):
     """Compile convolutions with small tiles and half values; `build_all` compiles all variants."""
-    for variant in all_variants(architecture):
+    norms = [variant for variant in fused_variants(architecture) if variant.form]
+    for variant in (*all_variants(architecture), *norms):
         conv = not (variant.pointwise or variant.channels_last)
         if variant.half and conv and variant.tile in (None, TILES[0]):
             assert cubin(variant, architecture)[:4] == ELF, variant
@@ -29,6 +30,8 @@ def test_every_variant_compiles_for_every_architecture():
     built = build_all()
     assert sorted(built) == sorted(ARCHITECTURES)
     assert "low_bit-f16-w4-a4-1x1-nhwc-128x128" in built["sm86"]
+    assert "low_bit-f32-w8-residual-nchw-64x64" in built["sm120"]
+    assert "norm_codes-rows-f16-w4" in built["sm75"]
     assert not any("a4" in name for name in built["sm90"])
 
 

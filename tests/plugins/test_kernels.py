@@ -17,7 +17,12 @@ SLOW = (
     *("two stages/w8a8-3", "splits/*-3", "splits/native-*", "splits/w4a8-groups-*"),
     *("two launches/w4a8-1x1-nchw", "two launches/native-1x1-nchw", "residual/single *"),
     *("residual/float-*", "residual/* stores-native-*", "residual/* stores-w4a8-*"),
-    "residual/whole stores-w8a8-nhwc",
+    *(
+        "residual/whole stores-w8a8-nhwc",
+        "norms/float-*",
+        "norms/half-w8a8-*",
+        "norms/half-native-*",
+    ),
 )
 """Cases of `make test-slow`: each compiles variants of which `make test` compiles neighbours."""
 
@@ -81,4 +86,9 @@ def test_nan_and_infinity_become_the_extreme_codes(emulator, check):
 
 @pytest.mark.parametrize("check", [*cases("extreme")])
 def test_extreme_codes_do_not_overflow(emulator, check):
+    check.call(emulator)
+
+
+@pytest.mark.parametrize("check", [*cases("norms")])
+def test_norms_and_activations_before_a_layer_equal_the_reference(emulator, check):
     check.call(emulator)

@@ -119,6 +119,7 @@ def test_the_plugin_of_tensorrt_computes_the_layer(path, capability):
     record = path(
         """
 import tensorrt_rtx as trt
+from trtq.plugins.low_bit import registry
 from trtq.plugins.low_bit import tensorrt as plugins
 from trtq.plugins.launch import prepare_layer
 
@@ -150,7 +151,7 @@ for linear, of in ((True, (11, 4, 4, None)), (False, (12, 8, 8, SAME))):
         gpu.free(address)
     actual = out.transpose(0, 3, 1, 2) if linear else out
     equal.append(np.array_equal(actual, expected(case)))
-print(json.dumps([equal, plugins.take_failures()]))
+print(json.dumps([equal, registry.take_failures()]))
 """,
         capability,
     )

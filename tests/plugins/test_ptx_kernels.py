@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import shared
 from tests.plugins.emulator import HostMachine
 from tests.plugins.ptx import PtxMachine, needs_ptx
-from trtq.plugins.variants import all_variants
+from trtq.plugins.variants import all_variants, fused_variants
 from trtq.selftest.cases import checks_for
 
 pytestmark = needs_ptx
@@ -24,6 +24,7 @@ FAST = {
     ),
     *("tiles/w8a8-64x64-1", "tiles/w4a8-64x64-2", "tiles/native-64x64-3"),
     *("residual/whole stores-w8a8-nchw", "residual/single stores-native-nhwc"),
+    *("norms/half-w4a8-layer norm", "norms/half-native-group norm, SiLU, shift"),
     *("tokens/w4a4", "outside/native", "not finite/w8a8", "extreme/w8a8"),
 }
 """Cases of `make test`: few variants, because building one takes longer than all its cases."""
@@ -61,8 +62,10 @@ def test_every_variant_has_a_case(architecture):
     for check in checks_for(architecture):
         with contextlib.suppress(AssertionError):
             check.call(recorder)
-    plain = {v for v in recorder.variants if not (v.residual or v.silu)}
+    plain = {v for v in recorder.variants if not (v.residual or v.silu or v.form)}
     assert plain == set(all_variants(architecture))
+    norms = {v for v in recorder.variants if v.form}
+    assert norms == {v for v in fused_variants(architecture) if v.form}
 
 
 @pytest.mark.parametrize(("architecture", "check"), [*_cases()])

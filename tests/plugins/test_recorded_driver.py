@@ -208,6 +208,7 @@ def test_no_kernel_is_loaded_while_a_graph_is_captured(recording):
         + """
 import tensorrt_rtx as trt
 from cuda.bindings import driver as d
+from trtq.plugins.low_bit import registry
 from trtq.plugins.low_bit import tensorrt as plugins
 from trtq.plugins.spec import Geometry, LayerSpec
 
@@ -231,7 +232,7 @@ for name, layer, shapes in layers:
             plugin.enqueue(at, [], [256] * 5, [256], 256, gpu.stream)
             status, _ = d.cuStreamEndCapture(gpu.stream)
             assert int(status) == 0
-print(plugins.take_failures())
+print(registry.take_failures())
 """,
         gpus=89,
     )

@@ -6,7 +6,7 @@ import pytest
 from tests.plugins.emulator import Emulator, needs_compiler
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, UsageError
-from trtq.plugins.low_bit import reference
+from trtq.plugins.low_bit import reference, registry
 from trtq.plugins.low_bit import tensorrt as plugins
 from trtq.plugins.low_bit.attributes import fields_of, spec_of
 from trtq.plugins.spec import Geometry, LayerSpec
@@ -120,7 +120,7 @@ def test_a_context_can_be_created_without_a_gpu():
 
     plugin = plugins._plugin_class(trt, nothing)("LowBitLinear", LayerSpec(64, 32, 20, 4, 8))
     assert plugin.attach_to_context(None).layer == plugin.layer
-    assert plugins.take_failures() == []
+    assert registry.take_failures() == []
 
 
 @needs_rtx
@@ -145,12 +145,12 @@ def test_errors_of_a_plugin_are_recorded(method, error):
         "on_shape_change": (at, []),
         "attach_to_context": (None,),
     }
-    plugins.take_failures()
+    registry.take_failures()
     with pytest.raises(type(error)):
         getattr(plugin, method)(*arguments[method])
     kind = "RuntimeError: " if isinstance(error, RuntimeError) else ""
-    assert plugins.take_failures() == [f"plugin LowBitLinear: {kind}cannot start it"]
-    assert plugins.take_failures() == []
+    assert registry.take_failures() == [f"plugin LowBitLinear: {kind}cannot start it"]
+    assert registry.take_failures() == []
 
 
 @needs_rtx

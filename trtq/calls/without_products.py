@@ -23,9 +23,10 @@ _LAYERS = (nn.Linear, *CONVOLUTIONS, QuantLayer, WeightlessLayer)
 def without_products(denoiser: nn.Module) -> Iterator[None]:
     """Inside the block, linear layers and convolutions return ones in the shape of their output.
 
-    Products of weights take the largest part of a denoiser's time, and weights that stay in their files are not
-    read. Everything else is computed, so that structures and shapes are those of a real call. Layers
-    with padding by name, transposed convolutions, and layers whose input does not fit compute as usual.
+    Products of weights take the largest part of a denoiser's time, and weights that stay in their files
+    are not read. Everything else is computed, so that structures and shapes are those of a real call.
+    Layers with padding by name, transposed convolutions, and layers whose input does not fit compute as
+    usual.
     """
     with ExitStack() as stack:
         for module in denoiser.modules():

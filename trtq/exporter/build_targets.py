@@ -10,7 +10,7 @@ import onnx_ir as ir
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import LayerRow
 from trtq.engine.tensorrt.job import Answer
-from trtq.engine.tensorrt.precisions import low_bit_layer
+from trtq.engine.tensorrt.precisions import low_bit_layers
 from trtq.errors import BuildError, UsageError
 from trtq.graph.nodes import DOMAIN
 from trtq.graph.runtimes.findings import Finding
@@ -46,9 +46,10 @@ def planned_precisions(
     Returns:
         The precision by layer, as `trtq.engine.tensorrt.precisions.network_precisions` names it.
     """
-    plugins = {node.attributes["name"].as_string() for node in model.graph if node.domain == DOMAIN}
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    plugins = {name for node in nodes for name in low_bit_layers(node.name or "")}
     floats = {finding.layer for finding in findings}
-    present = plugins | {low_bit_layer(node.name or "") for node in model.graph}
+    present = {name for node in model.graph for name in low_bit_layers(node.name or "")}
     plan = {}
     for row in layers:
         # A result that the model does not use is not in the graph, e.g. the text of the last block.

@@ -11,6 +11,7 @@ import numpy as np
 
 from trtq.plugins.spec import Geometry
 from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES, Tile
+from trtq.selftest.fused_cases import FUSED_CHECKS
 from trtq.selftest.layers import Array, Case, draw
 from trtq.selftest.suite import FORMS, Check, Machine, WrongValueError, compare, expected, run
 
@@ -269,7 +270,7 @@ def _many_rows(machine: Machine, form: str, tile: Tile) -> None:
 
 LARGE = [*_large()]
 """Cases that take a CPU minutes; a GPU runs them in addition to `CHECKS`."""
-CHECKS = [*_layouts(), *_tiles(), *_divided(), *_floats(), *_edges()]
+CHECKS = [*_layouts(), *_tiles(), *_divided(), *_floats(), *_edges(), *FUSED_CHECKS]
 """All cases that every machine runs."""
 
 

@@ -67,6 +67,7 @@ static void released() {}
 
 static bool early_copies;
 static Index gridDim;
+using std::max;
 using std::min;
 #define threadIdx (self->index)
 
@@ -79,6 +80,11 @@ static inline void from_float(float value, float *out) { *out = value; }
 static inline float multiply(float a, float b) { return a * b; }
 static inline float add(float a, float b) { return a + b; }
 static inline float round_even(float value) { return std::nearbyint(value); }
+static inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
 static inline float __int_as_float(int bits) {
   float value;
   std::memcpy(&value, &bits, 4);

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["engine_precisions", "low_bit_layer", "network_precisions", "shortfall"]
+__all__ = ["engine_precisions", "low_bit_layers", "network_precisions", "shortfall"]
 
 _CALL = "/call_"
 _PARTS = ("conv", "matmul", "plugin")
@@ -41,13 +41,11 @@ def network_precisions(trt: Any, network: Any) -> dict[str, str]:
             output = layer.get_output(place)
             if output is not None:
                 makers[output.name] = layer
-        if low_bit_layer(layer.name) is not None:
+        if low_bit_layers(layer.name):
             products.append(layer)
     kinds = trt.LayerType
     precisions: dict[str, str] = {}
     for layer in products:
-        name = low_bit_layer(layer.name)
-        assert name is not None
         if layer.type == kinds.PLUGIN_V3:
             precision = "plugin"
         elif layer.type in (kinds.CONVOLUTION, kinds.MATRIX_MULTIPLY):
@@ -55,19 +53,25 @@ def network_precisions(trt: Any, network: Any) -> dict[str, str]:
             precision = _precision(types)
         else:
             continue
-        # Of several calls, one in float counts.
-        if precisions.get(name, precision) in (precision, "float"):
-            precisions.setdefault(name, precision)
-        else:
-            precisions[name] = "float"
+        for name in low_bit_layers(layer.name):
+            # Of several calls, one in float counts.
+            if precisions.get(name, precision) in (precision, "float"):
+                precisions.setdefault(name, precision)
+            else:
+                precisions[name] = "float"
     return precisions
 
 
-def low_bit_layer(node: str) -> str | None:
-    """The layer of a product's node `LAYER/matmul` or `LAYER/call_2/matmul`; None for other nodes."""
-    call, _, part = node.rpartition("/")
-    call = call.removesuffix("/product")  # NVFP4 has one more level.
-    return call.partition(_CALL)[0] if call and part in _PARTS else None
+def low_bit_layers(node: str) -> list[str]:
+    """The layers of a product's node `LAYER/matmul` or `LAYER/call_2/matmul`; none for other nodes.
+
+    The plugin node of merged layers is `LAYER+LAYER/plugin`.
+    """
+    calls, _, part = node.rpartition("/")
+    calls = calls.removesuffix("/product")  # NVFP4 has one more level.
+    if not calls or part not in _PARTS:
+        return []
+    return [call.partition(_CALL)[0] for call in calls.split("+")]
 
 
 def _operand(kinds: Any, makers: Mapping[str, Any], tensor: Any) -> str | None:
@@ -106,7 +110,7 @@ def engine_precisions(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     for row in rows:
         metadata = str(row.get("Metadata", ""))
         nodes = _NAMES.findall(metadata) or [str(row.get("Name", ""))]
-        layers = [name for name in map(low_bit_layer, nodes) if name is not None]
+        layers = [name for node in nodes for name in low_bit_layers(node)]
         inputs = row.get("Inputs")
         if len(layers) != 1 or not isinstance(inputs, list):
             continue

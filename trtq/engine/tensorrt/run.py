@@ -17,7 +17,8 @@ from trtq.engine.tensorrt.log import collecting_logger
 from trtq.engine.tensorrt.runtime_cache import RuntimeCache
 from trtq.errors import ArtefactError, KernelError, MissingDependencyError, UsageError
 from trtq.plugins.device import Gpu, first_gpu
-from trtq.plugins.low_bit.tensorrt import register, take_failures
+from trtq.plugins.fused.tensorrt import register
+from trtq.plugins.low_bit.registry import take_failures
 
 __all__ = ["Memory", "TensorRtEngine", "obstacle", "open_tensorrt"]
 

@@ -20,7 +20,8 @@ from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins.compile import nvrtc_version, ptx
 from trtq.plugins.device import Gpu, current_device
 from trtq.plugins.driver import driver_cuda, old_driver
-from trtq.plugins.low_bit.tensorrt import register, take_failures
+from trtq.plugins.fused.tensorrt import register
+from trtq.plugins.low_bit.registry import take_failures
 from trtq.plugins.low_bit.tensorrt_aot import register_all
 from trtq.resources import peak_rss_bytes
 

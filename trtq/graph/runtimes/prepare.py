@@ -93,7 +93,9 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
 def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     """Rewrite an exported graph, in place, so that a runtime supports it and computes it correctly.
 
-    1. Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the other runtimes.
+    1. Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the other runtimes. For
+       TensorRT-RTX, plugin nodes also compute what stands before and behind their layers; full TensorRT
+       may put kernels into its engines, which then have one launch per layer.
        Products in NVFP4 become TensorRT's operators, or standard ones for the other runtimes.
     2. For onnxruntime's own providers the graph does not change without VNNI. With VNNI, pairs do not
        saturate and run in integers, so cast codes become pairs again.
@@ -135,6 +137,7 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
     from trtq.graph.runtimes.float64_to_float32 import CastFloat64ToFloat32
     from trtq.graph.runtimes.fp8_casts_to_qdq import Fp8CastsToQdq
     from trtq.graph.runtimes.fuse_group_norm import FuseGroupNorm
+    from trtq.graph.runtimes.fuse_plugins import FUSIONS
     from trtq.graph.runtimes.int4_to_int8 import CastInt4ToInt8
     from trtq.graph.runtimes.matmul_to_conv import MatMulToConv
     from trtq.graph.runtimes.nvfp4 import ExpandNvfp4
@@ -165,6 +168,9 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
         CastInt4ToInt8()(model)
         Fp8CastsToQdq()(model)
         FlatConvs()(model)
+    if runtime == "tensorrt-rtx":
+        for fuse in FUSIONS:
+            fuse()(model)
     # The rewrites leave unused constants in the graph, which a builder would keep in memory.
     RemoveUnusedNodesPass()(model)
     return model
