@@ -12,12 +12,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import trtq
 from tests.conftest import tiny_pipeline
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import SourceRow
 from trtq.artefact.opened import open_folder
+from trtq.cli import app
 from trtq.engine.base import SIZES_KEY
 from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt import compile as compiling
@@ -72,6 +74,25 @@ def job(tmp_path, **options):
         "profiles": [{"x": ([1, 8], [2, 8], [4, 8])}],
     }
     return Job(**settings | options)
+
+
+@needs_rtx
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_option_to_fuse_reaches_the_graph_that_is_built(
+    fuse, digits_onnx, tmp_path, monkeypatch
+):
+    seen = []
+
+    def built(model, runtime, **options):
+        seen.append((runtime, options))
+        raise BuildError("seen")
+
+    monkeypatch.setattr("trtq.exporter.build_graph.prepare", built)
+    flag = "--fuse" if fuse else "--no-fuse"
+    options = ["-o", str(tmp_path / "engine"), "--backend", "tensorrt-rtx", flag]
+    result = CliRunner().invoke(app, ["build", str(digits_onnx), *options])
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "error: seen")
+    assert seen == [("tensorrt-rtx", {"fuse": fuse})]
 
 
 @needs_rtx

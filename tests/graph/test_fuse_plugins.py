@@ -272,8 +272,9 @@ def test_only_tensorrt_rtx_gets_fused_nodes():
     fused = prepare(graph(f"{ROWS} x", f"{ROWS} y", body), "tensorrt-rtx")
     assert operators(fused).count("FusedLinear") == 1
     assert {"Add", "LayerNormalization"}.isdisjoint(operators(fused))
-    plain = prepare(graph(f"{ROWS} x", f"{ROWS} y", body), "tensorrt")
-    assert "LowBitLinear" in operators(plain)
+    for runtime, options in (("tensorrt", {}), ("tensorrt-rtx", {"fuse": False})):
+        plain = prepare(graph(f"{ROWS} x", f"{ROWS} y", body), runtime, **options)
+        assert {"LowBitLinear", "Add", "LayerNormalization"} <= set(operators(plain))
     pairs = prepare(graph(f"{ROWS} x", f"{ROWS} y", body), "onnxruntime")
     assert {"QuantizeLinear", "LayerNormalization"} <= set(operators(pairs))
 

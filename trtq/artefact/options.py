@@ -189,6 +189,7 @@ class EngineOptions(ExportOptions):
         weight_streaming: whether weights may stay on the host.
         refit: whether weights can be exchanged in the finished engines.
         workspace_bytes: maximum scratch memory on the device for one operator; None: no limit was set.
+        fuse: whether plugins compute more than their layers, where the backend allows it.
         profiles: minimum, typical and maximum shape of every input, by graph and input.
         graph_metadata: metadata of the denoiser's graph, which an engine does not keep.
         call_metadata: metadata of the graphs of recorded calls, by folder.
@@ -200,6 +201,7 @@ class EngineOptions(ExportOptions):
     weight_streaming: _Flag = False
     refit: _Flag = False
     workspace_bytes: _Bytes | None = None
+    fuse: _Flag = False
     profiles: dict[str, dict[str, _Shapes]] = {}
     graph_metadata: dict[Text, Annotated[str, Field(strict=True)]] = {}
     call_metadata: dict[Text, dict[Text, Annotated[str, Field(strict=True)]]] = {}

@@ -50,6 +50,14 @@ Workspace = Annotated[
         "--workspace", callback=within(1, 1 << 20), help="Builder workspace limit, in MiB."
     ),
 ]
+Fuse = Annotated[
+    bool,
+    typer.Option(
+        "--fuse/--no-fuse",
+        help="Let trtq's plugins also compute norms, activations and residuals around their layers, in "
+        "engines of TensorRT-RTX.",
+    ),
+]
 Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Reuse engines from the cache of earlier builds.")
 ]
@@ -64,6 +72,7 @@ def build(
     weight_streaming: WeightStreaming = False,
     refit: Refit = False,
     workspace: Workspace = None,
+    fuse: Fuse = True,
     cache: Cache = True,
     timeout: Timeout = 300.0,
     overwrite: Overwrite = False,
@@ -90,6 +99,7 @@ def build(
             weight_streaming=weight_streaming,
             refit=refit,
             workspace_bytes=None if workspace is None else workspace << 20,
+            fuse=fuse,
             use_cache=cache,
             timeout=timeout,
             overwrite=overwrite,

@@ -44,6 +44,7 @@ def build(
     weight_streaming: bool = False,
     refit: bool = False,
     workspace_bytes: int | None = None,
+    fuse: bool = True,
     use_cache: bool = True,
     overwrite: bool = False,
     timeout: float = TRIAL_SECONDS,
@@ -64,6 +65,7 @@ def build(
         weight_streaming: let weights stay on the host, for models larger than the GPU's memory.
         refit: let weights be exchanged in the finished engine; needs a GPU while building.
         workspace_bytes: maximum scratch memory on the device for one operator; None: no limit.
+        fuse: let the plugins of TensorRT-RTX engines compute what stands before and behind their layers.
         use_cache: reuse engines that were built before, and keep the new ones.
         overwrite: replace an existing engine folder.
         timeout: time limit, in seconds, for opening and calling one graph in onnxruntime beforehand.
@@ -88,6 +90,7 @@ def build(
         weight_streaming=weight_streaming,
         refit=refit,
         workspace_bytes=workspace_bytes,
+        fuse=fuse,
         use_cache=use_cache,
     )
     settings.check()
@@ -131,6 +134,7 @@ class _Settings:
     weight_streaming: bool
     refit: bool
     workspace_bytes: int | None
+    fuse: bool
     use_cache: bool
 
     def check(self) -> None:
@@ -189,6 +193,7 @@ def _build_graphs(
                 backend=settings.backend,
                 architectures=settings.architectures,
                 batch=settings.batch,
+                fuse=settings.fuse,
             )
             profiles[name] = prepared.profile
             job = Job(
@@ -224,6 +229,7 @@ def _options(
         "weight_streaming": settings.weight_streaming,
         "refit": settings.refit,
         "workspace_bytes": settings.workspace_bytes,
+        "fuse": settings.fuse,
         "profiles": dict(profiles),
         "graph_metadata": {} if recorded else metadata[opened.denoiser],
         "call_metadata": metadata if recorded else {},

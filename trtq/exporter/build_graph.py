@@ -52,6 +52,7 @@ def prepare_graph(
     backend: Backend,
     architectures: Sequence[str],
     batch: tuple[int, int] | None,
+    fuse: bool = True,
 ) -> PreparedGraph:
     """Rewrite a graph for the backend, and write it to a file.
 
@@ -62,6 +63,7 @@ def prepare_graph(
         backend: builder of the engine.
         architectures: GPU architectures to build for.
         batch: minimum and maximum batch size, in images; None: the batch sizes of the export.
+        fuse: see `trtq.exporter.build.build`.
 
     Raises:
         LegalityError: the backend would refuse a layer, or compute it wrongly.
@@ -76,7 +78,7 @@ def prepare_graph(
     floats: int | None = None
     plan: dict[str, str] = {}
     if part is not None:
-        prepare(model, backend.name)
+        prepare(model, backend.name, fuse=fuse)
         findings = check(model, backend.name)
         fatal = [finding for finding in findings if finding.fatal]
         fatal += architecture_findings(model, architectures)

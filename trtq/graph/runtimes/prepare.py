@@ -90,12 +90,12 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
         )
 
 
-def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
+def prepare(model: ir.Model, runtime: Runtime, *, fuse: bool = True) -> ir.Model:
     """Rewrite an exported graph, in place, so that a runtime supports it and computes it correctly.
 
     1. Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the other runtimes. For
-       TensorRT-RTX, plugin nodes also compute what stands before and behind their layers; full TensorRT
-       may put kernels into its engines, which then have one launch per layer.
+       TensorRT-RTX, plugin nodes also compute what stands before and behind their layers unless `fuse`
+       is false; full TensorRT may put kernels into its engines, which then have one launch per layer.
        Products in NVFP4 become TensorRT's operators, or standard ones for the other runtimes.
     2. For onnxruntime's own providers the graph does not change without VNNI. With VNNI, pairs do not
        saturate and run in integers, so cast codes become pairs again.
@@ -108,6 +108,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     Args:
         model: an exported graph.
         runtime: runtime that is to run the graph.
+        fuse: whether plugins compute more than their layers, see `trtq.graph.runtimes.fuse_plugins`.
 
     Returns:
         The model.
@@ -116,7 +117,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         ArtefactError: trtq did not export the graph, and a rewrite fails on an unexpected structure.
     """
     try:
-        return _rewritten(model, runtime)
+        return _rewritten(model, runtime, fuse=fuse)
     except TrtqError:
         raise
     except Exception as err:
@@ -127,7 +128,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         ) from err
 
 
-def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
+def _rewritten(model: ir.Model, runtime: Runtime, *, fuse: bool) -> ir.Model:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     from trtq.graph.passes import DecomposeGroupNorm, ExpandPlugins
@@ -168,9 +169,9 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
         CastInt4ToInt8()(model)
         Fp8CastsToQdq()(model)
         FlatConvs()(model)
-    if runtime == "tensorrt-rtx":
-        for fuse in FUSIONS:
-            fuse()(model)
+    if fuse and runtime == "tensorrt-rtx":
+        for rewrite in FUSIONS:
+            rewrite()(model)
     # The rewrites leave unused constants in the graph, which a builder would keep in memory.
     RemoveUnusedNodesPass()(model)
     return model
