@@ -51,7 +51,11 @@ def test_quantize_records_the_call_of_the_files(user, inpainting_model):
     assert call.steps == 2
     for name in ("image", "mask_image"):
         assert call.arguments[name].tobytes() == expected[name].tobytes()
-    refused(run("quantize", inpainting_model, "-o", user / "x", "--dry-run", *options), "--dry-run")
+    recipe = ("--recipe", user / "recipe.toml")
+    planned = run("quantize", inpainting_model, "-o", user / "x", "--dry-run", *recipe, *options)
+    assert planned.exit_code == 0, planned.output
+    assert "would quantize" in planned.stdout
+    assert not (user / "x").exists()
 
 
 def test_quantize_with_inputs_alone_chooses_a_prompt(user, inpainting_model):

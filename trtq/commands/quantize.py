@@ -25,7 +25,7 @@ from trtq.limits import MAX_ITERATIONS, MAX_SEED, MAX_STEPS
 from trtq.progress import ProgressPrinter
 
 if TYPE_CHECKING:
-    from trtq.artefact.opened import Opened
+    pass
 
 __all__ = ["quantize"]
 
@@ -242,7 +242,7 @@ def quantize(
     from trtq.artefact.opened import Run, open_artefact
     from trtq.calib.recipe import load_recipe
     from trtq.lora import parse_lora
-    from trtq.report.lines import quantize_rows
+    from trtq.report.lines import plan_rows, quantize_rows
     from trtq.runs.result import RunResult
 
     with command(verbose):
@@ -284,10 +284,11 @@ def quantize(
 
             result = requantize(opened, loras, output, base=base, **outcome)
         else:
-            if dry_run and (calls or files):
-                raise UsageError("--dry-run plans no recorded call; leave out --call and --input")
             if dry_run:
-                _show_plan(opened, settings, loras, as_json)
+                from trtq.runs.describe import describe_quantize
+
+                plan = describe_quantize(opened, settings, loras, calls or None, files, memory)
+                show(plan, as_json, lambda r: print_lines("would quantize", plan_rows(r)))
                 return
             result = make_run(
                 opened,
@@ -306,12 +307,3 @@ def quantize(
 
 def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _show_plan(model: Opened, recipe: Any, loras: list[Any], as_json: bool) -> None:
-    from trtq.report.lines import plan_rows
-    from trtq.runs.describe import describe_plan
-    from trtq.runs.plan import plan_quantize
-
-    plan = plan_quantize(model, recipe, loras)
-    show(describe_plan(plan), as_json, lambda r: print_lines("would quantize", plan_rows(r)))

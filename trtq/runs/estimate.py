@@ -8,20 +8,23 @@ within a factor of two.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from trtq.calib.recipe import Training
 from trtq.diffusion.sampling import at_once
+from trtq.quant.stored_weight import has_stored_weight, weight_parameter
 
 if TYPE_CHECKING:
     from trtq.runs.plan import QuantizePlan
+    from trtq.runs.plan_calls import CallsPlan
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "estimate_calls"]
 
 _UTILISATION = 0.8
 """Speed of a whole denoiser in float, relative to one well-shaped convolution."""
@@ -37,6 +40,12 @@ _KEPT_PER_VALUE = 5
 """Number of float32 values kept for the backward pass, per value that enters or leaves a layer."""
 _BASE_BYTES = 600 << 20
 """Memory of the interpreter with torch and diffusers, in bytes."""
+_READ_SECONDS = 2e-9
+"""Time to read one weight from its file and convert it to float32, in seconds."""
+_WHOLE_READS = 3
+"""Number of times that all weights are read besides denoiser calls: for ranges, to round, to write."""
+_READ_BYTES = 16
+"""Memory per weight of the largest layer whose weights are in files: copies in float32."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +87,7 @@ def estimate(plan: QuantizePlan) -> Estimate:
 
     batch = at_once(plan.source.sample_shape, recipe.calibration.batch)
     batches = -(-images // batch)
-    seconds = batches * steps * forward(guided * min(batch, images))
-    weights = sum(
-        module.weight.numel()
-        for name, module in plan.source.denoiser.named_modules()
-        if name in calls and getattr(module, "weight", None) is not None
-    )
-    searched = 0
-    if recipe.calibration.weights == "search":
-        searched += weights
-    if recipe.calibration.activations in ("search", "output"):
-        searched += len(plan.layers) * steps * recipe.calibration.samples_per_step
-    seconds += searched * _CANDIDATES * _SEARCH_SECONDS / torch.get_num_threads()
+    seconds = batches * steps * forward(guided * min(batch, images)) + _search_seconds(plan)
 
     widest = max(call.input_values + call.output_values for call in calls.values())
     recorded = 4 * len(plan.layers) * steps * recipe.calibration.samples_per_step
@@ -99,6 +97,60 @@ def estimate(plan: QuantizePlan) -> Estimate:
         seconds += tuning.seconds
         peak += tuning.peak_bytes
     return Estimate(seconds, _BASE_BYTES + peak + plan.bytes_after())
+
+
+def estimate_calls(plan: CallsPlan, *, stored: bool) -> Estimate:
+    """Estimate the time and memory of `trtq quantize` inside the pipeline's own call on this CPU.
+
+    Text encoders and autoencoders are not counted.
+
+    Args:
+        plan: the plan.
+        stored: whether large weights stay in their files.
+    """
+    rate = _multiplications_per_second() * _UTILISATION
+    seconds, peak = 0.0, float(_BASE_BYTES)
+    for part in plan.denoisers:
+        recipe, calls = part.plan.recipe, part.plan.calls
+        each = sum(call.multiplications for call in calls.values())
+        sizes = [tensor.numel() for _, tensor in _weights(part.plan)]
+        reads = stored * sum(sizes) * _READ_SECONDS
+        number = len(plan.calls) * len(part.calls.timesteps)
+
+        def forward(items: float, each: float = each, calls: Any = calls) -> float:
+            # One call computes several images, with guidance in one batch twice as many inputs.
+            return items * each / plan.call.images / rate + len(calls) * _LAYER_SECONDS
+
+        seconds += number * (forward(plan.call.images) + reads) + _search_seconds(part.plan)
+        seconds += _WHOLE_READS * reads
+        widest = max(call.input_values + call.output_values for call in calls.values())
+        steps = len(part.plan.table)
+        peak += 4 * len(part.plan.layers) * steps * recipe.calibration.samples_per_step
+        peak += 8 * widest + part.plan.bytes_after()
+        peak += _READ_BYTES * max(sizes) if stored else part.plan.bytes_before()
+        if recipe.training is not None:
+            tuning = _tuning(part.plan, recipe.training, 1, forward)
+            seconds += tuning.seconds
+            peak += tuning.peak_bytes
+    return Estimate(seconds, peak)
+
+
+def _weights(plan: QuantizePlan) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the called layers by path; stored weights are not read."""
+    for name, module in plan.source.denoiser.named_modules():
+        if name in plan.calls and (has_stored_weight(module) or hasattr(module, "weight")):
+            yield name, weight_parameter(module)
+
+
+def _search_seconds(plan: QuantizePlan) -> float:
+    """Time to try the ranges of weights and activations."""
+    calibration = plan.recipe.calibration
+    searched = 0
+    if calibration.weights == "search":
+        searched += sum(weight.numel() for _, weight in _weights(plan))
+    if calibration.activations in ("search", "output"):
+        searched += len(plan.layers) * len(plan.table) * calibration.samples_per_step
+    return searched * _CANDIDATES * _SEARCH_SECONDS / torch.get_num_threads()
 
 
 def _tuning(

@@ -29,7 +29,13 @@ from trtq.diffusion.prompts import general_prompts, read_lines, recommended_guid
 from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS, scheduler_name
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
-__all__ = ["calibration_prompts", "knows_pipeline", "named_files", "user_calls"]
+__all__ = [
+    "calibration_prompts",
+    "knows_pipeline",
+    "named_files",
+    "runs_in_call",
+    "user_calls",
+]
 
 
 def knows_pipeline(model: Any) -> bool:
@@ -48,6 +54,24 @@ def knows_pipeline(model: Any) -> bool:
         return _knows_folder(folder)
     except ArtefactError:
         return True
+
+
+def runs_in_call(
+    model: Any,
+    calls: Sequence[Mapping[str, Any]] | None,
+    inputs: Mapping[str, Any] | None,
+    *,
+    stored: bool,
+) -> bool:
+    """Whether a model is calibrated inside its pipeline's own call.
+
+    Args:
+        model: a checkpoint, see `trtq.runs.quantize.quantize`.
+        calls: arguments of the user's calls; None: none were given.
+        inputs: further arguments of every call.
+        stored: whether large weights stay in their files.
+    """
+    return stored or calls is not None or bool(inputs) or not knows_pipeline(model)
 
 
 def _knows_object(pipeline: Any) -> bool:

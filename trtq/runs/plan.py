@@ -33,6 +33,7 @@ from trtq.quant import (
     skip_splits,
 )
 from trtq.quant.stand_in import StandIn
+from trtq.quant.stored_weight import plain_name, weight_parameter
 from trtq.runs.budget import predictions_on_trajectories, spend_budget
 from trtq.runs.calibration_images import with_images
 from trtq.runs.sizes import entry_bytes, format_bytes
@@ -107,12 +108,13 @@ class QuantizePlan:
             inside |= {f"{plan.name}.weight", f"{plan.name}.bias"}
             total += len(plan.operands) * (len(self.table) * 12 + 4 * entry_bytes(plan.name))
             if plan.weight_bits is not None:
-                weight, bias = modules[plan.name].weight, modules[plan.name].bias
+                layer = modules[plan.name]
+                weight, bias = weight_parameter(layer), layer.bias
                 total += format_bytes(weight, plan)
                 total += 3 * entry_bytes(plan.name)
                 total += 0 if bias is None else stored_bytes(bias) + entry_bytes(plan.name)
         for name, tensor in self.source.denoiser.state_dict().items():
-            if name not in inside:
+            if plain_name(name) not in inside:
                 total += stored_bytes(tensor) + entry_bytes(name)
         return total
 

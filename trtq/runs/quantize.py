@@ -39,7 +39,7 @@ from trtq.resources import peak_rss_bytes
 from trtq.runs.call_runs import quantize_calls
 from trtq.runs.fine_tune import FineTuneResult, accelerator_for, fine_tune
 from trtq.runs.fine_tune_stage import FineTuning
-from trtq.runs.given_calls import knows_pipeline
+from trtq.runs.given_calls import runs_in_call
 from trtq.runs.input_transforms import scales_attention, with_transforms
 from trtq.runs.memory import parse_memory, stores_weights
 from trtq.runs.plan import QuantizePlan, plan_quantize
@@ -192,7 +192,7 @@ def quantize(
         model = open_artefact(model, verify=False, config=config)
     limit = None if memory is None else parse_memory(memory)
     stored = stores_weights(model, chosen, limit)
-    if stored or calls is not None or inputs or not knows_pipeline(model):
+    if runs_in_call(model, calls, inputs, stored=stored):
         return quantize_calls(
             model,
             chosen,
