@@ -44,6 +44,10 @@ _READ_SECONDS = 2e-9
 """Time to read one weight from its file and convert it to float32, in seconds."""
 _WHOLE_READS = 3
 """Number of times that all weights are read besides denoiser calls: for ranges, to round, to write."""
+_TRANSFORM_SECONDS = 2e-7
+"""Time to choose a layer's transform and to apply it, per weight on one thread, in seconds."""
+_CALLS_BYTES = 300 << 20
+"""Memory of a calibration inside the pipeline's call, besides what is counted, in bytes."""
 _READ_BYTES = 16
 """Memory per weight of the largest layer whose weights are in files: copies in float32."""
 
@@ -109,7 +113,7 @@ def estimate_calls(plan: CallsPlan, *, stored: bool) -> Estimate:
         stored: whether large weights stay in their files.
     """
     rate = _multiplications_per_second() * _UTILISATION
-    seconds, peak = 0.0, float(_BASE_BYTES)
+    seconds, peak = 0.0, float(_BASE_BYTES + _CALLS_BYTES)
     for part in plan.denoisers:
         recipe, calls = part.plan.recipe, part.plan.calls
         each = sum(call.multiplications for call in calls.values())
@@ -123,6 +127,8 @@ def estimate_calls(plan: CallsPlan, *, stored: bool) -> Estimate:
 
         seconds += number * (forward(plan.call.images) + reads) + _search_seconds(part.plan)
         seconds += _WHOLE_READS * reads
+        if recipe.smooth or recipe.rotate:
+            seconds += sum(sizes) * _TRANSFORM_SECONDS / torch.get_num_threads()
         widest = max(call.input_values + call.output_values for call in calls.values())
         steps = len(part.plan.table)
         peak += 4 * len(part.plan.layers) * steps * recipe.calibration.samples_per_step
