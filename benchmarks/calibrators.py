@@ -10,8 +10,10 @@ other programs may run at the same time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -30,7 +32,7 @@ BITS = ("w8a8", "w4a8", "w4a4")
 CALIBRATORS = ("minmax", "search", "output", "entropy", "percentile", "mse")
 
 
-def measured(
+def _measured(
     model: str,
     bits: str,
     calibration: dict[str, Any],
@@ -54,34 +56,61 @@ def measured(
     }
 
 
-def main() -> None:
-    """Measure the missing rows and write the output after each row."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(IMAGES)}")
-    parser.add_argument("--bits", nargs="*", choices=BITS, default=BITS)
-    parser.add_argument("--only", nargs="*", choices=CALIBRATORS, default=CALIBRATORS)
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+def measure_missing(
+    output: Path,
+    models: Sequence[str],
+    bits: Sequence[str],
+    key: str,
+    values: Sequence[Any],
+    calibration: Callable[[Any], dict[str, Any]],
+) -> None:
+    """Measure the rows that the output lacks, and write the output after each row.
+
+    Args:
+        output: the result file.
+        models: names of models; empty: all.
+        bits: precisions.
+        key: name of the row's field in which the rows of one model and one precision differ.
+        values: values of this field.
+        calibration: function that returns the settings of the recipe's calibration for a value.
+    """
     progress = ProgressPrinter()
-    rows = json.loads(options.output.read_text())["rows"] if options.output.is_file() else []
-    known = {(row["model"], row["bits"], row["calibrator"]) for row in rows}
-    for model in options.models or IMAGES:
+    rows = json.loads(output.read_text())["rows"] if output.is_file() else []
+    known = {(row["model"], row["bits"], row[key]) for row in rows}
+    for model in models or IMAGES:
         wanted = [
-            (bits, calibrator)
-            for bits in options.bits
-            for calibrator in options.only
-            if (model, bits, calibrator) not in known
+            (each, value)
+            for each, value in itertools.product(bits, values)
+            if (model, each, value) not in known
         ]
         if not wanted:
             continue
         reference = draw_reference(
             model, images=IMAGES[model], steps=STEPS, seed=1, progress=progress
         )
-        for bits, calibrator in wanted:
-            row = measured(model, bits, {"activations": calibrator}, reference, progress)
-            rows.append(row | {"calibrator": calibrator})
+        for each, value in wanted:
+            row = _measured(model, each, calibration(value), reference, progress)
+            rows.append(row | {key: value})
             record = {"steps": STEPS, "packages": package_versions(), "rows": rows}
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
+            output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measure the missing rows."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(IMAGES)}")
+    parser.add_argument("--bits", nargs="*", choices=BITS, default=BITS)
+    parser.add_argument("--only", nargs="*", choices=CALIBRATORS, default=CALIBRATORS)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    measure_missing(
+        options.output,
+        options.models,
+        options.bits,
+        "calibrator",
+        options.only,
+        lambda calibrator: {"activations": calibrator},
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from trtq.errors import UsageError
 from trtq.plugins.arguments import path_arguments, shape_arguments
 from trtq.plugins.spec import COUNTER_BYTES, LayerSpec, Problem
-from trtq.plugins.tile_choice import choose_plan
+from trtq.plugins.tile_choice import Plan, choose_plan
 from trtq.plugins.variants import TILES, Tile, Variant, fits
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "Launch",
     "Pointers",
     "layer_launches",
+    "plan_of",
     "prepare_any_shape",
     "prepare_layer",
+    "smallest_problem",
     "start_layer",
 ]
 
@@ -150,13 +152,7 @@ def prepare_any_shape(device: Device, layer: LayerSpec) -> None:
         KernelError: a kernel cannot be compiled or loaded.
     """
     nowhere = Pointers(0, 0, 0, 0, 0, 0, 0)
-    if layer.geometry is None:
-        shape: tuple[int, ...] = (1, layer.channels)
-    else:
-        g = layer.geometry
-        sides = (g.dilation[axis] * (g.kernel[axis] - 1) + 1 for axis in (0, 1))
-        shape = (1, layer.channels, *sides)
-    problem = layer.problem(shape)
+    problem = smallest_problem(layer)
     for half in (True, False):
         for tile in TILES:
             if not fits(tile, device.architecture):
@@ -172,10 +168,21 @@ def prepare_any_shape(device: Device, layer: LayerSpec) -> None:
                 device.prepare(launch)
 
 
-def _chosen(
-    device: Device, layer: LayerSpec, problem: Problem, at: Pointers, *, half: bool, silu: bool
-) -> list[Launch]:
-    plan = choose_plan(
+def smallest_problem(layer: LayerSpec, *, channels_last: bool = False) -> Problem:
+    """Sizes of a call with one output pixel, or with one token.
+
+    Args:
+        layer: properties of the layer.
+        channels_last: see `LayerSpec.problem`.
+    """
+    g = layer.geometry
+    sides = [] if g is None else [g.dilation[axis] * (g.kernel[axis] - 1) + 1 for axis in (0, 1)]
+    return layer.problem((1, layer.channels, *sides), channels_last=channels_last)
+
+
+def plan_of(device: Device, layer: LayerSpec, problem: Problem, at: Pointers) -> Plan:
+    """The fastest plan of a layer's product on a device; see `start_layer` for the arguments."""
+    return choose_plan(
         problem,
         device.processors,
         device.architecture,
@@ -183,6 +190,12 @@ def _chosen(
         native_4=layer.native_4(device.architecture),
         scratch_bytes=problem.split_bytes if at.partial else 0,
     )
+
+
+def _chosen(
+    device: Device, layer: LayerSpec, problem: Problem, at: Pointers, *, half: bool, silu: bool
+) -> list[Launch]:
+    plan = plan_of(device, layer, problem, at)
     return layer_launches(
         problem,
         at,

@@ -17,9 +17,15 @@ from typing import Any
 
 from trtq.errors import UsageError
 from trtq.plugins.fused.attributes import Fusion
-from trtq.plugins.launch import Device, Launch, Pointers, layer_launches
+from trtq.plugins.launch import (
+    Device,
+    Launch,
+    Pointers,
+    layer_launches,
+    plan_of,
+    smallest_problem,
+)
 from trtq.plugins.spec import LayerSpec, Problem
-from trtq.plugins.tile_choice import choose_plan
 from trtq.plugins.variants import TILES, Tile, Variant, fits
 
 __all__ = [
@@ -119,16 +125,8 @@ def start_fused(
         UsageError: an operand is not aligned.
         KernelError: a kernel cannot be compiled, loaded or started.
     """
-    layer, problem = call.layer, call.problem
-    plan = choose_plan(
-        problem,
-        device.processors,
-        device.architecture,
-        packed=layer.packed(device.architecture),
-        native_4=layer.native_4(device.architecture),
-        scratch_bytes=problem.split_bytes if at.layer.partial else 0,
-    )
-    native_4 = layer.native_4(device.architecture)
+    plan = plan_of(device, call.layer, call.problem, at.layer)
+    native_4 = call.layer.native_4(device.architecture)
     for launch in fused_launches(
         call, at, plan.tile, half=half, native_4=native_4, splits=plan.splits
     ):
@@ -141,12 +139,8 @@ def prepare_fused(device: Device, layer: LayerSpec, fusion: Fusion) -> None:
     Raises:
         KernelError: a kernel cannot be compiled or loaded.
     """
-    g = layer.geometry
-    sides = (
-        () if g is None else tuple(g.dilation[axis] * (g.kernel[axis] - 1) + 1 for axis in (0, 1))
-    )
-    source = layer.problem((1, layer.channels, *sides), channels_last=fusion.x_last)
-    problem = replace(source, channels_last=g is None or fusion.out_last)
+    source = smallest_problem(layer, channels_last=fusion.x_last)
+    problem = replace(source, channels_last=layer.geometry is None or fusion.out_last)
     call = FusedCall(layer, fusion, source, problem)
     somewhere = FusedPointers(
         Pointers(0, 0, 0, 0, 0, 0, 0, residual=16 * fusion.residual),

@@ -106,7 +106,13 @@ def register_creators(
     fields: Mapping[str, int],
     create: Callable[[str, dict[str, list[int]]], Any],
 ) -> None:
-    """Register creators that TensorRT does not have yet; arguments as for `creator_class`.
+    """Register creators that TensorRT does not have yet.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        names: names of the plugins.
+        fields: number of integers of each attribute, by name.
+        create: function that makes a plugin from its name and attributes.
 
     Raises:
         UsageError: TensorRT does not accept them.

@@ -32,6 +32,7 @@ __all__ = [
     "remove_unread",
     "replace_plugin",
     "same_shape",
+    "shape_ends",
 ]
 
 _FUSED_NAMES = {plain: fused for fused, plain in FUSED_PLUGINS.items()}
@@ -255,7 +256,7 @@ class Part:
             for use in value.uses()
             if use.node not in self.nodes and use.node.op_type == "Shape"
         ]
-        return [node for node in sizes if _ends(node) == (0, 1)]
+        return [node for node in sizes if shape_ends(node) == (0, 1)]
 
     def release(self) -> None:
         """Give nodes that read the batch size of matched values that of the part's input."""
@@ -263,7 +264,8 @@ class Part:
             node.replace_input_with(0, self.value)
 
 
-def _ends(shape: ir.Node) -> tuple[int, ...]:
+def shape_ends(shape: ir.Node) -> tuple[int, ...]:
+    """The attributes `start` and `end` of a Shape, those that it has."""
     keys = [key for key in ("start", "end") if key in shape.attributes]
     return tuple(shape.attributes[key].as_int() for key in keys)
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
-from trtq.graph.runtimes.fused_nodes import PluginNode, plugin_nodes
+from trtq.graph.runtimes.fused_nodes import PluginNode, plugin_nodes, shape_ends
 
 __all__ = ["MergeLayers"]
 
@@ -59,8 +59,7 @@ def _step_key(step: ir.Value) -> object:
     shape = expand.inputs[1].producer() if expand.inputs[1] is not None else None
     if shape is None or shape.op_type != "Shape":
         return step
-    ends = [shape.attributes[key].as_int() for key in ("start", "end") if key in shape.attributes]
-    return expand.inputs[0], shape.inputs[0], tuple(ends)
+    return expand.inputs[0], shape.inputs[0], shape_ends(shape)
 
 
 def _groups(plugins: Sequence[PluginNode]) -> list[list[PluginNode]]:
