@@ -1,6 +1,7 @@
 """`trtq quantize --dry-run` for pipelines that are calibrated inside their own call."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,3 +97,20 @@ def test_a_plan_changes_no_weight():
     after = pipeline.unet.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fine_tuning_takes_the_same_for_a_call_of_one_image_and_of_two():
+    """The batch of an update counts images, not calls."""
+    recipe = recipe_of("efficientdm", calibration={"images": 2})
+    plans = [
+        plan_calls(build("sd_1"), recipe, [CALL | {"num_images_per_prompt": number}])
+        for number in (1, 2)
+    ]
+    tuning = []
+    for plan in plans:
+        with_tuning = estimate_calls(plan, stored=False).peak_bytes
+        part = plan.denoisers[0]
+        without = replace(part.plan, recipe=part.plan.recipe.model_copy(update={"training": None}))
+        plain = replace(plan, denoisers=[replace(part, plan=without)])
+        tuning.append(with_tuning - estimate_calls(plain, stored=False).peak_bytes)
+    assert tuning[0] == pytest.approx(tuning[1], rel=1e-6)

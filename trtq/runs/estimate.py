@@ -10,15 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trtq.calib.probe import LayerCall
 from trtq.calib.recipe import Training
 from trtq.diffusion.sampling import at_once
 from trtq.quant.stored_weight import has_stored_weight, weight_parameter
+from trtq.train.blocks import is_inside
 
 if TYPE_CHECKING:
     from trtq.runs.plan import QuantizePlan
@@ -83,12 +85,7 @@ def estimate(plan: QuantizePlan) -> Estimate:
     guided = 1 if recipe.guidance in (None, 1.0) else 2
     steps, images = recipe.steps, recipe.calibration.images
     assert images is not None
-    each = sum(call.multiplications for call in calls.values())
-    rate = _multiplications_per_second() * _UTILISATION
-
-    def forward(items: int) -> float:
-        return items * each / rate + len(calls) * _LAYER_SECONDS
-
+    forward = _forward(calls, _multiplications_per_second())
     batch = at_once(plan.source.sample_shape, recipe.calibration.batch)
     batches = -(-images // batch)
     seconds = batches * steps * forward(guided * min(batch, images)) + _search_seconds(plan)
@@ -112,20 +109,15 @@ def estimate_calls(plan: CallsPlan, *, stored: bool) -> Estimate:
         plan: the plan.
         stored: whether large weights stay in their files.
     """
-    rate = _multiplications_per_second() * _UTILISATION
+    speed = _multiplications_per_second()
     seconds, peak = 0.0, float(_BASE_BYTES + _CALLS_BYTES)
     for part in plan.denoisers:
         recipe, calls = part.plan.recipe, part.plan.calls
-        each = sum(call.multiplications for call in calls.values())
+        forward = _forward(calls, speed)
         sizes = [tensor.numel() for _, tensor in _weights(part.plan)]
         reads = stored * sum(sizes) * _READ_SECONDS
         number = len(plan.calls) * len(part.calls.timesteps)
-
-        def forward(items: float, each: float = each, calls: Any = calls) -> float:
-            # One call computes several images, with guidance in one batch twice as many inputs.
-            return items * each / plan.call.images / rate + len(calls) * _LAYER_SECONDS
-
-        seconds += number * (forward(plan.call.images) + reads) + _search_seconds(part.plan)
+        seconds += number * (forward(1) + reads) + _search_seconds(part.plan)
         seconds += _WHOLE_READS * reads
         if recipe.smooth or recipe.rotate:
             seconds += sum(sizes) * _TRANSFORM_SECONDS / torch.get_num_threads()
@@ -135,10 +127,22 @@ def estimate_calls(plan: CallsPlan, *, stored: bool) -> Estimate:
         peak += 8 * widest + part.plan.bytes_after()
         peak += _READ_BYTES * max(sizes) if stored else part.plan.bytes_before()
         if recipe.training is not None:
-            tuning = _tuning(part.plan, recipe.training, 1, forward)
+            tuning = _tuning(part.plan, recipe.training, 1 / plan.call.images, forward)
             seconds += tuning.seconds
             peak += tuning.peak_bytes
     return Estimate(seconds, peak)
+
+
+def _forward(calls: Mapping[str, LayerCall], speed: float) -> Callable[[float], float]:
+    """Seconds of a forward pass, by its size relative to the probed call of the denoiser.
+
+    Args:
+        calls: the layers' calls in the probed call.
+        speed: multiplications per second of a convolution.
+    """
+    each = sum(call.multiplications for call in calls.values())
+    rate = speed * _UTILISATION
+    return lambda items: items * each / rate + len(calls) * _LAYER_SECONDS
 
 
 def _weights(plan: QuantizePlan) -> Iterator[tuple[str, Tensor]]:
@@ -160,15 +164,18 @@ def _search_seconds(plan: QuantizePlan) -> float:
 
 
 def _tuning(
-    plan: QuantizePlan, training: Training, guided: int, forward: Callable[[int], float]
+    plan: QuantizePlan,
+    training: Training,
+    guided: float,
+    forward: Callable[[float], float],
 ) -> Estimate:
     """Time and additional memory of the fine-tuning.
 
     Args:
         plan: the plan.
         training: the recipe's training.
-        guided: number of denoiser inputs per image.
-        forward: seconds of a forward pass by the number of its inputs.
+        guided: number of probed calls per image; a fraction if the call computes several images.
+        forward: see `_forward`.
     """
     parameters = plan.bytes_before()
     values = {name: call.input_values + call.output_values for name, call in plan.calls.items()}
@@ -185,15 +192,11 @@ def _tuning(
         rounds += blockwise.points * training.accumulate * len(blocks) // passes
         rounds += blockwise.whole_iterations * training.accumulate
         if not blockwise.whole_iterations:
-            sizes = [sum(_inside(values, block)) for block in blocks]
+            sizes = [
+                sum(value for name, value in values.items() if is_inside(name, block))
+                for block in blocks
+            ]
             kept_weights *= max(sizes) / kept
             kept = max(sizes)
     seconds = rounds * passes * forward(guided * training.batch)
     return Estimate(seconds, 4 * _KEPT_PER_VALUE * kept * guided * training.batch + kept_weights)
-
-
-def _inside(values: Mapping[str, int], block: str) -> list[int]:
-    """The values of the layers inside a block."""
-    return [
-        value for name, value in values.items() if name == block or name.startswith(f"{block}.")
-    ]

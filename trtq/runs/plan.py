@@ -39,7 +39,7 @@ from trtq.runs.calibration_images import with_images
 from trtq.runs.sizes import entry_bytes, format_bytes
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
-from trtq.train.blocks import block_paths
+from trtq.train.blocks import block_paths, is_inside
 
 __all__ = ["QuantizePlan", "plan_quantize"]
 
@@ -87,11 +87,7 @@ class QuantizePlan:
             return paths
         # EfficientDM trains nothing in a block without adapters.
         trained = [plan.name for plan in self.layers if plan.adapters and plan.quantized]
-        return [
-            path
-            for path in paths
-            if any(name == path or name.startswith(f"{path}.") for name in trained)
-        ]
+        return [path for path in paths if any(is_inside(name, path) for name in trained)]
 
     def bytes_before(self) -> int:
         """Size of the denoiser's parameters in float32, in bytes."""

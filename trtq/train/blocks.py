@@ -20,7 +20,7 @@ from trtq.quant.part import QuantizedPart
 from trtq.quant.timestep import float_scope, step_scope
 from trtq.train.block_call import BlockCall
 
-__all__ = ["Block", "block_paths", "blocks_of"]
+__all__ = ["Block", "block_paths", "blocks_of", "is_inside"]
 
 _UNCALLED = (nn.ModuleList, nn.ModuleDict)
 """Modules that only hold others; a denoiser calls their elements."""
@@ -49,9 +49,14 @@ def block_paths(denoiser: nn.Module, layers: Collection[str]) -> list[str]:
     return paths
 
 
+def is_inside(name: str, path: str) -> bool:
+    """Whether a module's path is `path`, or that of a module inside it."""
+    return name == path or name.startswith(f"{path}.")
+
+
 def _count(path: str, layers: Collection[str]) -> int:
     """Number of layers inside a module, or 1 for a layer."""
-    return sum(name == path or name.startswith(f"{path}.") or not path for name in layers)
+    return sum(not path or is_inside(name, path) for name in layers)
 
 
 def _blocks_in(module: nn.Module, path: str, layers: Collection[str]) -> Iterator[str]:
